@@ -1,6 +1,7 @@
 """Settings of every test: CPU only, reproducible hypothesis runs. Warnings are errors (pyproject.toml)."""
 
 import collections
+import gc
 import os
 import pathlib
 import signal
@@ -149,6 +150,12 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    """Has this process write to jax's cache, if any test that it runs has imported jax."""
+    """Has this process write to jax's cache, if any test that it runs has imported jax.
+
+    What was imported and collected lives as long as the process: the garbage collector need not pass over it. It runs
+    less often, because tracing makes many objects and little garbage.
+    """
     if "jax" in sys.modules:
         compile_cache.write_whole_entries()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 20)

@@ -29,7 +29,7 @@ from tests.server.fakes import WAIT_SECONDS, EchoEngine
 from tests.server.harness import GREEDY, Served
 
 MODEL = ModelConfig(
-    "LlamaForCausalLM", VOCAB_SIZE, 16, 32, 1, 2, 1, 8, 256, bos_token_id=BOS_ID, eos_token_ids=(EOS_ID,)
+    "LlamaForCausalLM", VOCAB_SIZE, 16, 32, 1, 2, 1, 32, 256, bos_token_id=BOS_ID, eos_token_ids=(EOS_ID,)
 )
 CONFIG = EngineConfig.from_options(
     architecture=MODEL,

@@ -23,7 +23,7 @@ RUN = textwrap.dedent("""
 
     assert jax.device_count() == 4
     shape = Shape(BASE | {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 138, "attention_bias": True,
-                          "mlp_bias": True}, shards=2, seed=3)
+                          "mlp_bias": True, "num_hidden_layers": 1}, shards=2, seed=3)
     directory = write_shape(pathlib.Path(tempfile.mkdtemp()), shape)
     config = ModelConfig.from_directory(directory)
     tokens = prompt(shape)
@@ -44,7 +44,7 @@ RUN = textwrap.dedent("""
         np.testing.assert_array_equal(made, expected[1])
         np.testing.assert_allclose(paged, expected[2], rtol=0, atol=2e-5)
         # Pages of int8, with another scale for each head. Sums in another order may round a number to its neighbor.
-        scales = np.linspace(0.02, 0.1, 2 * 2 * 4, dtype=np.float32).reshape(2, 2, 4)
+        scales = np.linspace(0.02, 0.1, 2 * 4, dtype=np.float32).reshape(1, 2, 4)
         quantized = generate.paged_greedy(config, weights, tokens, 8, mesh=mesh, scales=scales)
         if count == 1:
             quantized_of_one = quantized

@@ -36,7 +36,7 @@ WINDOW = ModelConfig.from_hf(
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 8,
+        "head_dim": 32,
         "max_position_embeddings": 256,
         "sliding_window": 21,
     }
@@ -50,7 +50,7 @@ CONFIG = EngineConfig(
         long_prefill_token_threshold=32,
         preemption=PreemptionConfig(recompute_seconds_per_token=1.0, swap_seconds_per_page=1e-6),
     ),
-    cache=CacheConfig(num_pages=64, page_size=16, swap_space=24 * 4096 / 2**30),
+    cache=CacheConfig(num_pages=64, page_size=16, swap_space=24 * 16384 / 2**30),
     token_buckets=(64,),
     row_buckets=(8,),
     seed=3,

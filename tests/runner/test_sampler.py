@@ -15,7 +15,7 @@ from numpy.testing import assert_array_equal
 from jaxserve.engine.constraints import pack_mask
 from jaxserve.programs.filters import filter_logits
 from jaxserve.programs.penalties import Penalties
-from jaxserve.programs.sampler import sample
+from jaxserve.programs.sampler import _argmax, sample
 from jaxserve.programs.slots import Slots
 from jaxserve.scheduler.plan import NOT_FINITE, NOTHING_ALLOWED
 from tests.budgets import budget
@@ -186,7 +186,9 @@ def test_the_lowest_of_equal_logits_wins(vocab):
     logits[6] = np.where(np.arange(vocab) % 2, -0.0, -1.0)
     logits[7] = 0.0
     logits[7, vocab * 2 // 3 :: max(1, vocab // 7)] = 3.0  # the first block that holds the largest is not the first
-    assert_array_equal(call(logits, make_slots(), range(8)), logits.argmax(-1))
+    assert_array_equal(jax.jit(_argmax)(logits), logits.argmax(-1))
+    if vocab == VOCAB:
+        assert_array_equal(call(logits, make_slots(), range(8)), logits.argmax(-1))
 
 
 def test_a_filter_keeps_ties_together_and_the_noise_decides():
