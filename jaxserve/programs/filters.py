@@ -168,9 +168,9 @@ def _bisected(order: jax.Array, weights: jax.Array | None, wanted: jax.Array) ->
 
     def narrow(step: jax.Array, threshold: jax.Array) -> jax.Array:
         unit = jnp.uint32(1 << 28) >> (4 * step).astype(jnp.uint32)
-        tried = threshold | unit * jnp.arange(1, _TRIED + 1, dtype=jnp.uint32)[:, None]
-        enough = jnp.stack(_measures(order, weights, list(tried))) >= wanted
-        return threshold | unit * jnp.sum(enough, axis=0, dtype=jnp.uint32)
+        tried = [threshold | unit * jnp.uint32(digit) for digit in range(1, _TRIED + 1)]
+        digit = sum((measure >= wanted).astype(jnp.uint32) for measure in _measures(order, weights, tried))
+        return threshold | unit * digit
 
     return jax.lax.fori_loop(0, 8, narrow, jnp.zeros(order.shape[:1], jnp.uint32))
 
