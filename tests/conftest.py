@@ -47,9 +47,10 @@ _ONE_LANE = (
     "test_text.py",
     "test_timings.py",
     "kernels/test_cascade_h200.py",  # reads PTX, which the newer jax does not dump
-    "kernels/test_cpu_linear.py",  # written by llvmlite; runner/test_cpu_programs calls these kernels from both
+    # llvmlite writes their instructions; runner/test_cpu_programs calls them by way of both
+    "kernels/test_cpu_linear.py",
     "kernels/test_panel_products.py",
-    "kernels/test_panel_weights.py",
+    "kernels/test_panel_weights.py",  # and models/test_quantized_checkpoints
     "kernels/test_triton_cascade.py",  # interpreted, as runner/test_triton_programs.py is
     "models/test_checkpoint_files.py",
     "models/test_config.py",
@@ -61,7 +62,7 @@ _ONE_LANE = (
     "models/test_kv_scales.py",  # magnitudes of what dense attention computes, which test_parity compares on both
     "models/test_tiny_tasks.py",
     "models/test_tiny_train.py",  # trains the shipped model, for developers
-    "runner/test_build_set.py",  # what stands around the compiler; both start engines
+    "runner/test_build_set.py",  # threads and their order around the compiler; other files start engines on both
     "runner/test_embeddings.py",  # test_llm_embed and HTTP's answers run the pooling program on both
     "runner/test_grouped_layers.py",  # models/test_layer_kinds serves two groups on both
     "runner/test_expert_identity.py",  # kernels' bits, in both by kernels/test_grouped_matmul and models/test_experts

@@ -2,8 +2,7 @@
 
 Counted: every weight once (of an embedding that is no output matrix, the rows of the step's tokens; of experts, as many
 as the tokens would choose on average if all were as likely), the keys and values of every position once, those of the
-step's tokens written. Not counted: activations, logits, the sampler; so a measured step is slower than this
-bound.
+step's tokens written. Not counted: activations, logits, the sampler; so a measured step is slower than this bound.
 """
 
 from __future__ import annotations

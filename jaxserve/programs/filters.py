@@ -218,18 +218,18 @@ class _Interval(NamedTuple):
         """Returns the number of keys that `low` keeps and `high` does not, where the measure is a count."""
         return ~self.bounds[2] - self.bounds[3]
 
-    def moved(self, bounds: jax.Array, done: jax.Array) -> _Interval:
-        """Returns the next state: of searches that were done, the same."""
-        return _Interval(self.step + 1, jnp.where(self.done, self.bounds, bounds), self.done | done)
-
-    def narrowed(self, tried: jax.Array, kept: jax.Array, enough: jax.Array) -> jax.Array:
-        """Returns bounds after thresholds [N, R] were tried: what they keep, and whether that is as much as is wanted.
+    def after(self, tried: jax.Array, kept: jax.Array, enough: jax.Array) -> _Interval:
+        """Returns the interval once thresholds [N, R] are tried, by what they keep and whether that is enough.
 
         What a threshold keeps never rises with it, so that the highest of those that keep enough keeps the least.
         """
         nothing = jnp.zeros_like(tried)
         raised = jnp.stack([tried, nothing, ~kept, nothing]), jnp.stack([nothing, ~tried, nothing, kept])
-        return jnp.maximum(self.bounds, jnp.max(jnp.where(enough, *raised), axis=1))
+        return self._replace(bounds=jnp.maximum(self.bounds, jnp.max(jnp.where(enough, *raised), axis=1)))
+
+    def moved(self, after: _Interval, done: jax.Array) -> _Interval:
+        """Returns the next state: of searches that were done, the same."""
+        return _Interval(self.step + 1, jnp.where(self.done, self.bounds, after.bounds), self.done | done)
 
 
 def _narrowed(
@@ -245,11 +245,11 @@ def _narrowed(
     def narrow(state: _Interval) -> _Interval:
         tried = _spread(state, top)
         kept = jnp.stack(_measures(order, weights, list(tried)))
-        next_state = state._replace(bounds=state.narrowed(tried, kept.astype(jnp.uint32), kept >= wanted))
-        done = next_state.high - next_state.low <= 1
+        after = state.after(tried, kept.astype(jnp.uint32), kept >= wanted)
+        done = after.high - after.low <= 1
         if weights is None:
-            done |= next_state.num_between <= 1
-        return state.moved(next_state.bounds, done)
+            done |= after.num_between <= 1
+        return state.moved(after, done)
 
     return jax.lax.while_loop(go_on, narrow, interval)
 
@@ -305,8 +305,7 @@ def _checked(
         tried = jnp.clip(tried, state.low + 1, jnp.maximum(state.high - 1, state.low + 1))
         enough = jnp.sum(jnp.where(order >= tried[:, None], weights, 0.0), axis=-1) >= wanted
         passed = (state.step > 0) & (state.step < _NEIGHBORS) & (up != enough)
-        bounds = state.narrowed(tried[None], jnp.zeros_like(tried[None]), enough[None])
-        after = state._replace(bounds=bounds)
-        return state.moved(bounds, passed | (after.high - after.low <= 1))
+        after = state.after(tried[None], jnp.zeros_like(tried[None]), enough[None])
+        return state.moved(after, passed | (after.high - after.low <= 1))
 
     return jax.lax.while_loop(lambda state: ~jnp.all(state.done), narrow, interval).low

@@ -23,7 +23,7 @@ from jaxserve.pallas_kernels.cpu import native_calls
 from jaxserve.pallas_kernels.cpu.emitter import SINGLE, WORD
 from jaxserve.pallas_kernels.cpu.native_calls import Call, add_copy
 from jaxserve.pallas_kernels.cpu.panel_elements import Elements
-from jaxserve.pallas_kernels.cpu.product_blocks import Largest, add_num_items, block_of, memory_for_rows, sizes_of
+from jaxserve.pallas_kernels.cpu.product_blocks import LargestBlock, add_num_items, block_of, memory_for_rows, sizes_of
 
 PANEL = 32
 """Columns of a panel: two cache lines of float32."""
@@ -31,7 +31,7 @@ PANEL = 32
 PIECE = 256
 """Elements of the contracted axis that are summed before others: a panel's share stays in the first cache."""
 
-_LARGEST = Largest(rows=192, columns=4 * PANEL, few_columns=2 * PANEL)
+_LARGEST_BLOCK = LargestBlock(rows=192, columns=4 * PANEL, few_columns=2 * PANEL)
 _LINE = 64
 
 _AHEAD = 8192
@@ -105,7 +105,7 @@ def _name(dtype: str) -> str:
 def build(module: Any, name: str, elements: Elements) -> None:
     """Adds the function that multiplies by panels of such numbers; its arguments are x, the numbers and, where they are
     scaled, scales and zeros [groups, N]."""
-    native_calls.add_handler(module, name, add_num_items(module, _LARGEST), _add_work(module, elements))
+    native_calls.add_handler(module, name, add_num_items(module, _LARGEST_BLOCK), _add_work(module, elements))
 
 
 def _add_work(module: Any, elements: Elements) -> Any:
@@ -114,7 +114,7 @@ def _add_work(module: Any, elements: Elements) -> Any:
     bands = [_add_band(module, elements, height) for height in heights]
     made, emit = native_calls.function(module, "work", ir.VoidType(), [WORD, WORD])
     builder, (frame, item) = emit.builder, made.args
-    sizes = sizes_of(emit, frame, _LARGEST)
+    sizes = sizes_of(emit, frame, _LARGEST_BLOCK)
     x, weight, out = (
         emit.data(buffer) for buffer in (emit.argument(frame, 0), emit.argument(frame, 1), emit.result(frame, 0))
     )

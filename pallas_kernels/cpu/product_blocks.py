@@ -25,7 +25,7 @@ LEAST_WORK = 2**18
 _LINE = 64
 
 
-class Largest(NamedTuple):
+class LargestBlock(NamedTuple):
     """The largest block, in rows and columns: so many that the second cache holds a piece of them. few_columns: columns
     where there are at most FEW_ROWS rows."""
 
@@ -53,7 +53,7 @@ class Block(NamedTuple):
     end_column: Any
 
 
-def sizes_of(emit: Call, frame: Any, largest: Largest) -> Sizes:
+def sizes_of(emit: Call, frame: Any, largest: LargestBlock) -> Sizes:
     """The sizes of a call whose first arguments are rows [T, K] and a matrix [N, K]."""
     x, weight = (emit.argument(frame, number) for number in range(2))
     rows, columns, length = emit.dim(x, 0), emit.dim(weight, 0), emit.dim(x, 1)
@@ -65,7 +65,7 @@ def sizes_of(emit: Call, frame: Any, largest: Largest) -> Sizes:
     return Sizes(rows, columns, length, block_rows, builder.select(little, columns, block_columns))
 
 
-def add_num_items(module: Any, largest: Largest) -> Any:
+def add_num_items(module: Any, largest: LargestBlock) -> Any:
     """Adds the function that tells the work items of a call: its blocks, or one for all of little work."""
     made, emit = native_calls.function(module, "num_items", WORD, [WORD])
     sizes = sizes_of(emit, made.args[0], largest)

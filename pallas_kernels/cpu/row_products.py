@@ -25,14 +25,14 @@ from llvmlite import ir
 from jaxserve.pallas_kernels.cpu import native_calls
 from jaxserve.pallas_kernels.cpu.emitter import INT, SINGLE, WORD
 from jaxserve.pallas_kernels.cpu.native_calls import FLOATING, add_copy
-from jaxserve.pallas_kernels.cpu.product_blocks import Largest, add_num_items, block_of, memory_for_rows, sizes_of
+from jaxserve.pallas_kernels.cpu.product_blocks import LargestBlock, add_num_items, block_of, memory_for_rows, sizes_of
 
 ZERO = ir.Constant(SINGLE, 0.0)
 
 PIECE = 512
 """Elements of the contracted axis that are summed before others: what a tile reads of them stays in the first cache."""
 
-LARGEST = Largest(rows=256, columns=96, few_columns=48)
+LARGEST_BLOCK = LargestBlock(rows=256, columns=96, few_columns=48)
 
 _VERSION = 1
 """Changes with what is computed: a program that was kept from an earlier release must not meet another function."""
@@ -84,7 +84,7 @@ def _name(dtype: str) -> str:
 
 
 def _build(module: Any, name: str, dtype: str) -> None:
-    native_calls.add_handler(module, name, add_num_items(module, LARGEST), _add_work(module, dtype))
+    native_calls.add_handler(module, name, add_num_items(module, LARGEST_BLOCK), _add_work(module, dtype))
 
 
 def _add_work(module: Any, dtype: str) -> Any:
@@ -92,7 +92,7 @@ def _add_work(module: Any, dtype: str) -> Any:
     multiply_block = add_block(module, dtype)
     made, emit = native_calls.function(module, "work", ir.VoidType(), [WORD, WORD])
     frame, item = made.args
-    sizes = sizes_of(emit, frame, LARGEST)
+    sizes = sizes_of(emit, frame, LARGEST_BLOCK)
     buffers = emit.argument(frame, 0), emit.argument(frame, 1), emit.result(frame, 0)
     addresses = [emit.data(buffer) for buffer in buffers]
     emit.builder.call(multiply_block, [*addresses, sizes.columns, sizes.length, *block_of(emit, sizes, item)])

@@ -20,7 +20,7 @@ from jaxserve.pallas_kernels.cpu import native_calls, row_products
 from jaxserve.pallas_kernels.cpu.emitter import INT, WORD
 from jaxserve.pallas_kernels.cpu.native_calls import FLOATING, Call
 from jaxserve.pallas_kernels.cpu.product_blocks import LEAST_WORK
-from jaxserve.pallas_kernels.cpu.row_products import LARGEST
+from jaxserve.pallas_kernels.cpu.row_products import LARGEST_BLOCK
 
 _VERSION = 1
 """Changes with what is computed: a program that was kept from an earlier release must not meet another function."""
@@ -67,7 +67,7 @@ def _sizes(emit: Call, frame: Any) -> _Sizes:
     experts, columns, length = (emit.dim(weights, axis) for axis in range(3))
     builder = emit.builder
     little = builder.icmp_signed("<", builder.mul(builder.mul(rows, columns), length), WORD(LEAST_WORK))
-    block_columns = builder.select(little, columns, WORD(LARGEST.columns))
+    block_columns = builder.select(little, columns, WORD(LARGEST_BLOCK.columns))
     return _Sizes(experts, columns, length, emit.data(offsets), block_columns)
 
 
@@ -86,7 +86,7 @@ def _add_num_items(module: Any) -> Any:
 
     def one(expert: Any, blocks: list[Any]) -> list[Any]:
         first, last = _rows(emit, sizes, expert)
-        return [builder.add(blocks[0], emit.parts(builder.sub(last, first), WORD(LARGEST.rows)))]
+        return [builder.add(blocks[0], emit.parts(builder.sub(last, first), WORD(LARGEST_BLOCK.rows)))]
 
     (blocks,) = emit.loop(sizes.experts, [WORD(0)], one)
     builder.ret(builder.mul(blocks, emit.parts(sizes.columns, sizes.block_columns)))
@@ -100,13 +100,13 @@ def _found(emit: Call, sizes: _Sizes, block: Any) -> tuple[Any, Any, Any]:
     def one(expert: Any, state: list[Any]) -> list[Any]:
         left, *found = state
         first, last = _rows(emit, sizes, expert)
-        blocks = emit.parts(builder.sub(last, first), WORD(LARGEST.rows))
+        blocks = emit.parts(builder.sub(last, first), WORD(LARGEST_BLOCK.rows))
         here = builder.and_(
             builder.icmp_signed(">=", left, WORD(0)),
             builder.icmp_signed("<", left, blocks),
         )
-        begin = builder.add(first, builder.mul(left, WORD(LARGEST.rows)))
-        end = emit.smaller(builder.add(begin, WORD(LARGEST.rows)), last)
+        begin = builder.add(first, builder.mul(left, WORD(LARGEST_BLOCK.rows)))
+        end = emit.smaller(builder.add(begin, WORD(LARGEST_BLOCK.rows)), last)
         new = [builder.select(here, one, before) for one, before in zip((expert, begin, end), found, strict=True)]
         return [builder.sub(left, blocks), *new]
 
