@@ -9,6 +9,7 @@ import grpc
 from jaxserve.config.queue_limits import QueueConfig, TenantConfig
 from jaxserve.frontend.admission import Admission, Engine
 from jaxserve.request import FinishReason
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.clients.grpc_client import generate_request
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from jaxserve.serving.refusal_times import RefusalTimes
@@ -45,7 +46,7 @@ def test_metadata_says_who_a_request_is_for(tokenizer):
 def test_fault_15_a_tenant_at_its_limit_is_told_when_to_come_back_and_others_are_served(tokenizer):
     async def body(served: Served) -> None:
         served.engine.pause()
-        waiting = asyncio.ensure_future(served.client.generate_text("a", GREEDY, tenant="a"))
+        waiting = asyncio.ensure_future(served.client.generate_text("a", short, tenant="a"))
         await served.until(served.engine.wait_for_requests, 1)
         call = served.client._stub.Generate(generate_request("b", GREEDY, tenant="a"))
         code, details = await status_of(call.read())
@@ -55,7 +56,7 @@ def test_fault_15_a_tenant_at_its_limit_is_told_when_to_come_back_and_others_are
         )
         assert int(dict(await call.trailing_metadata())["grpc-retry-pushback-ms"]) == 1000  # no rate is known
         served.engine.resume()
-        assert (await served.client.generate_text("c", GREEDY, tenant="other")).text == "c"
+        assert (await served.client.generate_text("c", short, tenant="other")).text == "c"
         assert (await waiting).text == "a"
         found = (await served.client.server_info()).admission
         assert dict(found.rejections) == {"tenant_requests": 1}
@@ -63,6 +64,7 @@ def test_fault_15_a_tenant_at_its_limit_is_told_when_to_come_back_and_others_are
         assert (found.num_waiting, found.waiting_tokens, found.max_waiting_tokens) == (0, 0, 1000)
         assert len(served.engine.requests) == 2
 
+    short = SamplingParams(temperature=0.0, max_tokens=8)  # both may wait at one time
     tenants = {"a": TenantConfig(max_requests=1)}
     run_served(body, tokenizer, admission=admission(tenants=tenants, max_waiting_tokens=1000))
 
