@@ -20,6 +20,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxserve.programs.row_reductions import largest
+
 _CACHED = 1 << 20
 """Number of keys that a CPU's cache is taken to hold; more of them are searched in groups of rows."""
 _GROUP = 4
@@ -60,7 +62,7 @@ def filter_logits(
     size = logits.shape[-1]
     use_top_k = active & (top_k > 0) & (top_k < size)
     use_top_p = active & (top_p < 1.0)
-    best = jnp.max(logits, axis=-1, keepdims=True)
+    best = largest(logits)[:, None]
     floor = best + jnp.log(jnp.maximum(min_p, jnp.finfo(jnp.float32).tiny))[:, None]
     logits = jnp.where((min_p > 0)[:, None] & (logits < floor), -jnp.inf, logits)
 

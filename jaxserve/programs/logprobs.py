@@ -11,8 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-_BLOCK = 128
-"""Least width of a block in `likeliest`."""
+from jaxserve.programs.row_reductions import block_width, largest
 
 
 def packed_width(most: int) -> int:
@@ -70,14 +69,14 @@ def likeliest(values: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
     """Returns the `most` largest of float32 [R, V] and their int32 ids: largest first, of equals the lowest id first.
 
     The largest of all lie in the blocks whose own maxima are the largest, so that only few of the values are ordered: a
-    pass over all of them finds the maxima, as in `sampler._argmax`.
+    pass over all of them finds the maxima, as in `argmax`.
     """
     rows, size = values.shape
-    width = next(width for width in range(min(_BLOCK, size), size + 1) if size % width == 0)
+    width = block_width(size)
     if size // width <= most:
         return jax.lax.top_k(values, most)
     blocks = values.reshape(rows, size // width, width)
-    _, chosen = jax.lax.top_k(jnp.max(blocks, axis=-1), most)
+    _, chosen = jax.lax.top_k(largest(blocks), most)
     chosen = jnp.sort(chosen, axis=-1)  # ids rise, so that the first among equals has the lowest
     candidates = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1, mode="clip").reshape(rows, most * width)
     top_values, place = jax.lax.top_k(candidates, most)
@@ -86,7 +85,7 @@ def likeliest(values: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
 
 def _log_of_sum(logits: jax.Array) -> jax.Array:
     """Returns float32 [R, 1], the logarithm of the sum of the exponentials of float32 [R, V]."""
-    best = jnp.max(logits, axis=-1, keepdims=True)
+    best = largest(logits)[:, None]
     return best + jnp.log(jnp.sum(jnp.exp(logits - best), axis=-1, keepdims=True))
 
 

@@ -25,12 +25,10 @@ import jax.numpy as jnp
 from jaxserve.programs.filters import filter_logits
 from jaxserve.programs.noise import gumbel, gumbel_at
 from jaxserve.programs.penalties import Penalties, penalized, unpacked
+from jaxserve.programs.row_reductions import BLOCK, all_finite, argmax, block_width, largest
 from jaxserve.programs.slots import Slots
 from jaxserve.sampling_params import PENALTY_ROW, counted
 from jaxserve.scheduler.plan import NOT_FINITE, NOTHING_ALLOWED
-
-_BLOCK = 128
-"""Block size of `_argmax`: the least width that divides the vocabulary and is no less than this."""
 
 _FEW = 8
 """Noise is drawn only for the blocks of tokens that the filters left something of where these are at most one in so
@@ -95,16 +93,16 @@ def sample(
     are forbidden.
     """
     rows = _Rows(slots, masks, fields)
-    temperature, finite = rows.temperature, _all_finite(logits)
+    temperature, finite = rows.temperature, all_finite(logits)
     changed = _changed(rows)
 
     def greedy_of_changed() -> jax.Array:
         found = _changed_logits(logits, rows, penalties)
-        some = ~rows.restricted | (jnp.max(found, axis=-1) > -jnp.inf)
-        return jnp.where(some, _argmax(found), NOTHING_ALLOWED)
+        some = ~rows.restricted | (largest(found) > -jnp.inf)
+        return jnp.where(some, argmax(found), NOTHING_ALLOWED)
 
     # Each branch reduces for itself: one that returned the logits as they are would copy them.
-    greedy = jax.lax.cond(changed, greedy_of_changed, lambda: _argmax(logits))
+    greedy = jax.lax.cond(changed, greedy_of_changed, lambda: argmax(logits))
 
     def draw() -> jax.Array:
         found = jax.lax.cond(changed, lambda: _changed_logits(logits, rows, penalties), lambda: logits)
@@ -177,7 +175,7 @@ def _filtered(logits: jax.Array, rows: _Rows, on_cpu: bool) -> jax.Array:
     """Divides by temperature, and masks what the filters remove."""
     temperature = rows.temperature
     # Relative to the best logit, so that no temperature, however small, takes another token to infinity.
-    relative = logits - jnp.max(logits, axis=-1, keepdims=True)
+    relative = logits - largest(logits)[:, None]
     scaled = relative / jnp.where(temperature > 0, temperature, 1.0)[:, None]
     # A row that does not draw keeps all its tokens.
     min_p = jnp.where(temperature > 0, rows.of("min_p"), 0.0)
@@ -191,19 +189,19 @@ def _drawn(left: jax.Array, of: _Rows, changed: jax.Array, on_cpu: bool) -> jax.
     On a CPU most of the time goes into the noise, so where few tokens are left it is drawn for their blocks alone.
     """
     (rows, size), seed, position, random = left.shape, of.of("seed"), of.fields["position"], of.temperature > 0
-    width = _block_width(size)
+    width = block_width(size)
     blocks = size // width
     room = blocks // _FEW
 
     def of_all() -> jax.Array:
-        return _argmax(left + gumbel(seed, position, size))
+        return argmax(left + gumbel(seed, position, size))
 
-    if not on_cpu or not room or width % _BLOCK:
+    if not on_cpu or not room or width % BLOCK:
         return of_all()
     parts = left.reshape(rows, blocks, width)
 
     def live() -> jax.Array:
-        return (jnp.max(parts, axis=-1) > -jnp.inf) & random[:, None]
+        return (largest(parts) > -jnp.inf) & random[:, None]
 
     def of_few() -> jax.Array:
         taken = live()
@@ -213,7 +211,7 @@ def _drawn(left: jax.Array, of: _Rows, changed: jax.Array, on_cpu: bool) -> jax.
         values = jnp.take_along_axis(parts, chosen[:, :, None], axis=1, mode="fill", fill_value=-jnp.inf)
         place = chosen[:, :, None] * width + jnp.arange(width)
         noise = gumbel_at(seed, position, place.reshape(rows, -1).astype(jnp.uint32))
-        best = _argmax(values.reshape(rows, -1) + noise)
+        best = argmax(values.reshape(rows, -1) + noise)
         found = jnp.take_along_axis(place.reshape(rows, -1), best[:, None], axis=1, mode="clip")[:, 0]
         return jnp.minimum(found, size - 1)
 
@@ -237,38 +235,3 @@ def _at(array: jax.Array, columns: jax.Array, counts: jax.Array | None = None) -
     if counts is not None:
         used &= jnp.arange(columns.shape[1]) < counts[:, None]
     return array.at[jnp.arange(array.shape[0])[:, None], jnp.where(used, columns, array.shape[1])]
-
-
-def _all_finite(values: jax.Array) -> jax.Array:
-    """Returns bool [R]: whether all of a row's float32 [R, V] are finite.
-
-    A sum is finite only where every term is; single values are examined only if some row's sum is not.
-    """
-    proven = jnp.isfinite(jnp.sum(values, axis=-1))
-    return jax.lax.cond(jnp.all(proven), lambda: proven, lambda: jnp.all(jnp.isfinite(values), axis=-1))
-
-
-def _argmax(values: jax.Array) -> jax.Array:
-    """Returns int32 [R]: the lowest index of the maximum of float32 [R, V]; any of the V in a row that holds NaN.
-
-    One pass finds the maximum of each block, the rest examines the first block that holds the row's. XLA's CPU backend
-    vectorizes that pass, but not a reduction over pairs of value and index.
-    """
-    rows, size = values.shape
-    width = _block_width(size)
-    blocks = values.reshape(rows, size // width, width)
-    largest = jnp.max(blocks, axis=-1)
-    best = jnp.max(largest, axis=-1, keepdims=True)
-    block = _first(largest == best)
-    within = jnp.take_along_axis(blocks, block[:, None, None], axis=1, mode="clip")[:, 0]
-    return jnp.minimum(block * width + _first(within == best), size - 1)
-
-
-def _first(holds: jax.Array) -> jax.Array:
-    """Returns int32 [R]: the lowest true index of each row of bool [R, N]; N where there is none."""
-    place = jax.lax.broadcasted_iota(jnp.int32, holds.shape, 1)
-    return jnp.min(jnp.where(holds, place, holds.shape[1]), axis=-1)
-
-
-def _block_width(size: int) -> int:
-    return next(width for width in range(min(_BLOCK, size), size + 1) if size % width == 0)

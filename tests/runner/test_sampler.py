@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,11 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from jaxserve.engine.constraints import pack_mask
+from jaxserve.programs.compiler import compiler_options
 from jaxserve.programs.filters import filter_logits
 from jaxserve.programs.penalties import Penalties
-from jaxserve.programs.sampler import _argmax, sample
+from jaxserve.programs.row_reductions import argmax
+from jaxserve.programs.sampler import sample
 from jaxserve.programs.slots import Slots
 from jaxserve.scheduler.plan import NOT_FINITE, NOTHING_ALLOWED
 from tests.budgets import budget
@@ -186,9 +189,17 @@ def test_the_lowest_of_equal_logits_wins(vocab):
     logits[6] = np.where(np.arange(vocab) % 2, -0.0, -1.0)
     logits[7] = 0.0
     logits[7, vocab * 2 // 3 :: max(1, vocab // 7)] = 3.0  # the first block that holds the largest is not the first
-    assert_array_equal(jax.jit(_argmax)(logits), logits.argmax(-1))
+    assert_array_equal(jax.jit(argmax)(logits), logits.argmax(-1))
     if vocab == VOCAB:
         assert_array_equal(call(logits, make_slots(), range(8)), logits.argmax(-1))
+
+
+def test_the_largest_of_a_row_is_found_in_one_pass_that_is_vectorized():
+    """XLA likes to read the logits twice, for the largest of each block and for the row's."""
+    lowered = jax.jit(argmax).lower(jax.ShapeDtypeStruct((64, 8192), np.float32))
+    text = lowered.compile(compiler_options("cpu")).as_text()
+    assert len(re.findall(r"^%\S*reduce\S* \(.*f32\[64,(?:8192|64,128)\]", text, re.MULTILINE)) == 1, text
+    assert not re.search(r"f32\[\S* maximum\(", text), "this one looks for NaN as well, and is not vectorized"
 
 
 def test_a_filter_keeps_ties_together_and_the_noise_decides():
