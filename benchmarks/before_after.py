@@ -24,11 +24,14 @@ from benchmarks.load.server_process import started_server
 from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.sides.side_process import Side, start_jaxserve
 from benchmarks.spread import spread, spread_text
-from benchmarks.work import SHAPES, WORKLOADS
+from benchmarks.work import SHAPES, Workload
+from benchmarks.work import WORKLOADS as COMPARED
 from jaxserve.serving.clients.grpc_client import Client
 
 MODEL_LEN = 1024
 ROWS = 64
+WORKLOADS = COMPARED | {"steps": Workload("steps", "153m", ROWS, (16, 32), (65, 65), transformers_rounds=0)}
+"""`steps` decodes and does little else, in rounds that are short enough to take turns often."""
 
 
 def offline(name: str, against: pathlib.Path, rounds: int, folder: pathlib.Path) -> list[list[float]]:
