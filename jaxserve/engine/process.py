@@ -8,7 +8,6 @@ ways until one end closes. msgpack only: nothing that arrives is executed.
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import subprocess
 import sys
@@ -44,17 +43,8 @@ class LaunchedEngine:
             command = [sys.executable, "-m", "jaxserve.engine.worker", str(theirs.fileno())]
             # A session of its own: Ctrl-C and signals to our group are ours to answer, and the engine drains with us.
             self.process = subprocess.Popen(
-                command,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-                env=_environment(),
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
             )
-
-
-def _environment() -> dict[str, str]:
-    """Returns what an engine inherits, with one arena of malloc unless it says how many (runner/freed_memory.py)."""
-    return {"MALLOC_ARENA_MAX": "1"} | os.environ
 
 
 class EngineProcess:

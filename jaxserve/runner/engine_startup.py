@@ -32,7 +32,7 @@ from jaxserve.programs.compiler import ProgramSet
 from jaxserve.programs.program_needs import ProgramNeeds, largest_keys, loaded
 from jaxserve.programs.step_programs import Shapes, Weights, products_of
 from jaxserve.runner.device_arrays import DeviceArrays
-from jaxserve.runner.freed_memory import keep_freed_memory, use_one_arena
+from jaxserve.runner.freed_memory import keep_freed_memory
 from jaxserve.runner.host_pages import HostPages
 from jaxserve.runner.late_programs import LatePrograms
 from jaxserve.runner.protocol import RunnerInfo
@@ -80,7 +80,6 @@ class Startup:
         self._config, self._progress, self._phases = config, progress, phases
         self._program_cache: ProgramCache | None = None
         with phases.phase("devices"):
-            use_one_arena()  # on a GPU's host, too: which devices there are is known when XLA has its threads
             claim_memory(config.cache)
             self._mesh = make_mesh()
             memory = local_memory(self._mesh, config.cache.gpu_memory_utilization)
