@@ -6,12 +6,13 @@ A row is int32 [2 + 2 K]: the value of the row's token (float32 bits), its rank,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from jaxserve.programs.row_reductions import block_width, largest
+from jaxserve.programs.row_reductions import block_width, in_groups, largest
 
 
 def packed_width(most: int) -> int:
@@ -45,6 +46,8 @@ def drawn_logprobs(
     processed: Callable[[], jax.Array],
     most: int,
     mode: str,
+    *,
+    on_cpu: bool = True,
 ) -> jax.Array:
     """Returns `packed_logprobs` of drawn tokens, int32 [R, 2 + 2 most]; zeros where no row wants any.
 
@@ -55,11 +58,13 @@ def drawn_logprobs(
         processed: computes what the tokens are drawn from, float32 [R, V].
         most: as for `packed_logprobs`.
         mode: one of LOGPROBS_MODES.
+        on_cpu: the device is a CPU, which computes a few rows at a time.
     """
 
     def found() -> jax.Array:
         values = processed() if mode.startswith("processed") else logits
-        return packed_logprobs(values, token_ids, most, normalized=mode.endswith("logprobs"))
+        packed = functools.partial(packed_logprobs, most=most, normalized=mode.endswith("logprobs"))
+        return in_groups(packed, values, token_ids) if on_cpu else packed(values, token_ids)
 
     nothing = jnp.zeros((logits.shape[0], packed_width(most)), jnp.int32)
     return jax.lax.cond(jnp.any(wanted > 0), found, lambda: nothing)

@@ -7,8 +7,14 @@ is NaN where any value is, nor pairs of value and index, nor what is computed on
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+
+CACHED = 1 << 20
+"""Number of values that a CPU's cache is taken to hold."""
 
 BLOCK = 128
 """Least width of a block, of `block_width`."""
@@ -42,6 +48,25 @@ def all_finite(values: jax.Array) -> jax.Array:
     """
     proven = jnp.isfinite(jnp.sum(values, axis=-1))
     return jax.lax.cond(jnp.all(proven), lambda: proven, lambda: jnp.all(jnp.isfinite(values), axis=-1))
+
+
+def in_groups(call: Callable[[jax.Array, Any], jax.Array], values: jax.Array, more: Any) -> jax.Array:
+    """Calls a function of rows, for a few of them at a time where all do not fit a CPU's cache: what it computes on the
+    way has the size of a few rows.
+
+    Args:
+        call: from (float32 [N, V], more of N rows) to an array of N rows; it does not look at one row for another.
+        values: float32 [R, V].
+        more: a pytree of arrays of R rows.
+    """
+    rows, size = values.shape
+    fitting = (groups for groups in range(1, rows) if rows % groups == 0 and rows // groups * size <= CACHED)
+    groups = next(fitting, rows)
+    if groups == 1:
+        return call(values, more)
+    split = jax.tree.map(lambda one: one.reshape(groups, rows // groups, *one.shape[1:]), (values, more))
+    found = jax.lax.map(lambda group: call(*group), split)
+    return found.reshape(rows, *found.shape[2:])
 
 
 def block_width(size: int) -> int:

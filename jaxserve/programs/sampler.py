@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxserve.programs.filters import filter_logits
 from jaxserve.programs.noise import gumbel, gumbel_at
 from jaxserve.programs.penalties import Penalties, penalized, unpacked
-from jaxserve.programs.row_reductions import BLOCK, all_finite, argmax, block_width, largest
+from jaxserve.programs.row_reductions import BLOCK, all_finite, argmax, block_width, in_groups, largest
 from jaxserve.programs.slots import Slots
 from jaxserve.sampling_params import PENALTY_ROW, counted
 from jaxserve.scheduler.plan import NOT_FINITE, NOTHING_ALLOWED
@@ -94,22 +94,25 @@ def sample(
     """
     rows = _Rows(slots, masks, fields)
     temperature, finite = rows.temperature, all_finite(logits)
-    changed = _changed(rows)
 
-    def greedy_of_changed() -> jax.Array:
+    def greedy_of_changed(logits: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+        rows = _Rows(slots, masks, fields)
         found = _changed_logits(logits, rows, penalties)
         some = ~rows.restricted | (largest(found) > -jnp.inf)
         return jnp.where(some, argmax(found), NOTHING_ALLOWED)
 
-    # Each branch reduces for itself: one that returned the logits as they are would copy them.
-    greedy = jax.lax.cond(changed, greedy_of_changed, lambda: argmax(logits))
-
-    def draw() -> jax.Array:
+    def draw(logits: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+        rows = _Rows(slots, masks, fields)
+        changed = _changed(rows)
         found = jax.lax.cond(changed, lambda: _changed_logits(logits, rows, penalties), lambda: logits)
-        left = _filtered(found, rows, on_cpu)
-        return _drawn(left, rows, changed, on_cpu)
+        return _drawn(_filtered(found, rows, on_cpu), rows, changed, on_cpu)
 
-    drawn = jax.lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)
+    def of_rows(call: Callable[[jax.Array, dict[str, jax.Array]], jax.Array]) -> Callable[[], jax.Array]:
+        return lambda: in_groups(call, logits, fields) if on_cpu else call(logits, fields)
+
+    # Each branch reduces for itself: one that returned the logits as they are would copy them.
+    greedy = jax.lax.cond(_changed(rows), of_rows(greedy_of_changed), lambda: argmax(logits))
+    drawn = jax.lax.cond(jnp.any(temperature > 0), of_rows(draw), lambda: greedy)
     drawn = jnp.where((temperature > 0) & (greedy != NOTHING_ALLOWED), drawn, greedy)
     return jnp.where(finite, drawn, NOT_FINITE)
 

@@ -474,7 +474,8 @@ def sample_step(
     last_token = slots.last_token.at[fields["slot"]].set(jnp.maximum(ids, 0), mode="drop")
     penalty_rows = slots.sampling[PENALTY_ROW].at[fields["slot"]].get(mode="fill", fill_value=-1)
     processed = lambda: processed_logits(logits, slots, masks, penalties, fields, on_cpu=on_cpu)  # noqa: E731
-    found = drawn_logprobs(logits, ids, fields["logprobs"], processed, shapes.max_logprobs, shapes.logprobs_mode)
+    most, mode = shapes.max_logprobs, shapes.logprobs_mode
+    found = drawn_logprobs(logits, ids, fields["logprobs"], processed, most, mode, on_cpu=on_cpu)
     return dataclasses.replace(slots, last_token=last_token), counted(penalties, penalty_rows, ids), ids, found
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from jaxserve.engine.constraints import pack_mask
+from jaxserve.programs import row_reductions
 from jaxserve.programs.compiler import compiler_options
 from jaxserve.programs.filters import filter_logits
 from jaxserve.programs.penalties import Penalties
@@ -200,6 +201,28 @@ def test_the_largest_of_a_row_is_found_in_one_pass_that_is_vectorized():
     text = lowered.compile(compiler_options("cpu")).as_text()
     assert len(re.findall(r"^%\S*reduce\S* \(.*f32\[64,(?:8192|64,128)\]", text, re.MULTILINE)) == 1, text
     assert not re.search(r"f32\[\S* maximum\(", text), "this one looks for NaN as well, and is not vectorized"
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_rows_that_do_not_fit_the_cache_are_drawn_in_groups_of_the_same_ids(seed, monkeypatch):
+    rng = np.random.default_rng(seed)
+    logits = (rng.standard_normal((8, VOCAB)) * 4).astype(np.float32)
+    slots = make_slots(
+        temperature=rng.choice([0.0, 0.7, 2.0], SLOTS).astype(np.float32),
+        top_k=rng.choice([0, 5, 20], SLOTS).astype(np.int32),
+        top_p=rng.choice([1.0, 0.6], SLOTS).astype(np.float32),
+        min_p=rng.choice([0.0, 0.05], SLOTS).astype(np.float32),
+        stop_token_ids=rng.integers(0, VOCAB, make_slots().sampling["stop_token_ids"].shape).astype(np.int32),
+    )
+    rows = rng.permutation(SLOTS)[:8]
+    fields = {"position": rng.integers(0, 99, 8), "suppress": rng.integers(0, 2, 8), "masked": rng.integers(0, 2, 8)}
+    masks = rng.random((SLOTS, VOCAB)) < 0.5
+    whole = call(logits, slots, rows, **fields, masks=masks)
+    monkeypatch.setattr(row_reductions, "CACHED", 2 * VOCAB)
+    monkeypatch.setitem(globals(), "sample_jit", jax.jit(lambda *arguments: sample(*arguments)))
+    groups = jax.make_jaxpr(lambda values: row_reductions.in_groups(lambda one, _: one[:, 0], values, ()))(logits)
+    assert "length=4" in str(groups)
+    assert_array_equal(call(logits, slots, rows, **fields, masks=masks), whole)
 
 
 def test_a_filter_keeps_ties_together_and_the_noise_decides():
