@@ -254,7 +254,7 @@ def _compile(shapes: Shapes, target: Target, workers: int) -> _Needs:
 def _estimate(shapes: Shapes, seconds: float, reason: str) -> _Needs:
     mesh = make_mesh(jax.devices("cpu")[:1])
     found = {
-        key: ProgramMemory(temporaries=temporary_bytes(trace(key, shapes, mesh)), outputs=0, aliased=0, code=0)
+        key: ProgramMemory(temporaries=temporary_bytes(trace(key, shapes, mesh, "gpu")), outputs=0, aliased=0, code=0)
         for key in largest_keys(shapes)
     }
     source = f"{COMPILE_SECONDS:g} s for each program, stated: measured for an 8B model"

@@ -256,9 +256,9 @@ def lower(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.Lowered:
         return trace(key, shapes, mesh).lower()
 
 
-def trace(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.Traced:
-    """Traces one program, as `lower` does."""
-    function = _function(key, shapes, mesh)
+def trace(key: ProgramKey, shapes: Shapes, mesh: Mesh, platform: str | None = None) -> jax.stages.Traced:
+    """Traces one program, as `lower` does. platform: that it is for ("cpu", "gpu"), where `mesh` is of another."""
+    function = _function(key, shapes, mesh, platform or mesh.devices.flat[0].platform)
     arguments = abstract_arguments(key, shapes, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_results(key, shapes, mesh))
     named: Callable[..., Any] = _named(function, f"{key.kind}_{key.size}")
@@ -266,10 +266,10 @@ def trace(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.Traced:
         return jax.jit(named, donate_argnums=donated_arguments(key), out_shardings=shardings).trace(*arguments)
 
 
-def _function(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Callable[..., Any]:
+def _function(key: ProgramKey, shapes: Shapes, mesh: Mesh, platform: str) -> Callable[..., Any]:
     match key.kind:
         case "sample":
-            return functools.partial(sample_step, rows=key.size, shapes=shapes, mesh=mesh)
+            return functools.partial(sample_step, rows=key.size, shapes=shapes, mesh=mesh, on_cpu=platform == "cpu")
         case "score":
             return functools.partial(score_step, rows=key.size, shapes=shapes, mesh=mesh)
         case "pooling":
@@ -459,6 +459,7 @@ def sample_step(
     rows: int,
     shapes: Shapes,
     mesh: Mesh,
+    on_cpu: bool,
 ) -> tuple[Slots, Penalties, jax.Array, jax.Array]:
     """Draws the next token of each sampled row; the slots remember it for the forward program that follows, and the
     penalty rows count it.
@@ -469,7 +470,6 @@ def sample_step(
     fields = sample_layout(rows).read(vector)
     model = bind(shapes.model, params, products_of(shapes, mesh))
     logits = model.logits(hidden[fields["token"]])
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
     ids = sample(logits, slots, masks, penalties, fields, on_cpu=on_cpu)
     last_token = slots.last_token.at[fields["slot"]].set(jnp.maximum(ids, 0), mode="drop")
     penalty_rows = slots.sampling[PENALTY_ROW].at[fields["slot"]].get(mode="fill", fill_value=-1)

@@ -113,7 +113,8 @@ def test_it_bounds_what_the_compiler_for_gpus_needs():
     shapes = resolve_shapes(config, "gpu")
     for key in largest_keys(shapes):
         needed = program_memory(compile_program(key, shapes, mesh)).extra
-        estimated = temporary_bytes(trace(key, shapes, make_mesh()))
+        estimated = temporary_bytes(trace(key, shapes, make_mesh(), "gpu"))
         assert needed <= estimated
         if key.kind != "pooling":  # passes over all hidden states, which are fused
-            assert estimated <= 4 * needed + WORKSPACE_BYTES + SMALL_BYTES
+            # The sampler compares with 15 thresholds at once, which the compiler fuses.
+            assert estimated <= 4.5 * needed + WORKSPACE_BYTES + SMALL_BYTES
