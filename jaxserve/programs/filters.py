@@ -14,17 +14,14 @@ threshold or its neighbor, and plain sums check that. The keys of a few rows at 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxserve.programs.row_reductions import largest
+from jaxserve.programs.logit_rows import in_groups, largest
 
-_CACHED = 1 << 20
-"""Number of keys that a CPU's cache is taken to hold; more of them are searched in groups of rows."""
-_GROUP = 4
 _TRIED = 15
 """Number of thresholds that one pass tries."""
 _WHOLE = 1 << 30
@@ -115,8 +112,8 @@ def _kept(
     the row's largest are 0.
     """
 
-    def group(arguments: tuple[jax.Array, ...]) -> jax.Array:
-        logits, keys, limit, use, *more = arguments
+    def group(logits: jax.Array, arguments: tuple[jax.Array, ...]) -> jax.Array:
+        keys, limit, use, *more = arguments
         order = _ordered_bits(keys)
         top = _ordered_bits(jnp.max(keys, axis=-1))
         if more:
@@ -140,17 +137,8 @@ def _kept(
         threshold = jnp.minimum(threshold, top)  # the best stays where the limit rounds to 0
         return jnp.where(use[:, None] & (order < threshold[:, None]), -jnp.inf, logits)
 
-    arguments = (logits, keys, limit, use, *(() if weights is None else (weights,)))
-    return _in_groups(group, arguments) if on_cpu else group(arguments)
-
-
-def _in_groups(call: Callable[[tuple[jax.Array, ...]], jax.Array], arguments: tuple[jax.Array, ...]) -> jax.Array:
-    """Calls a function of rows for a few rows at a time where all of them do not fit a CPU's cache."""
-    rows, size = arguments[0].shape
-    if rows * size <= _CACHED or rows % _GROUP:
-        return call(arguments)
-    grouped = tuple(one.reshape(rows // _GROUP, _GROUP, *one.shape[1:]) for one in arguments)
-    return jax.lax.map(call, grouped).reshape(rows, size)
+    arguments = (keys, limit, use, *(() if weights is None else (weights,)))
+    return in_groups(group, logits, arguments, on_cpu=on_cpu)
 
 
 def _ordered_bits(values: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxserve.programs.row_reductions import block_width, in_groups, largest
+from jaxserve.programs.logit_rows import block_width, in_groups, largest
 
 
 def packed_width(most: int) -> int:
@@ -64,7 +64,7 @@ def drawn_logprobs(
     def found() -> jax.Array:
         values = processed() if mode.startswith("processed") else logits
         packed = functools.partial(packed_logprobs, most=most, normalized=mode.endswith("logprobs"))
-        return in_groups(packed, values, token_ids) if on_cpu else packed(values, token_ids)
+        return in_groups(packed, values, token_ids, on_cpu=on_cpu)
 
     nothing = jnp.zeros((logits.shape[0], packed_width(most)), jnp.int32)
     return jax.lax.cond(jnp.any(wanted > 0), found, lambda: nothing)

@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.programs.filters import filter_logits
+from jaxserve.programs.logit_rows import BLOCK, all_finite, argmax, block_width, in_groups, largest
 from jaxserve.programs.noise import gumbel, gumbel_at
 from jaxserve.programs.penalties import Penalties, penalized, unpacked
-from jaxserve.programs.row_reductions import BLOCK, all_finite, argmax, block_width, in_groups, largest
 from jaxserve.programs.slots import Slots
 from jaxserve.sampling_params import PENALTY_ROW, counted
 from jaxserve.scheduler.plan import NOT_FINITE, NOTHING_ALLOWED
@@ -108,7 +108,7 @@ def sample(
         return _drawn(_filtered(found, rows, on_cpu), rows, changed, on_cpu)
 
     def of_rows(call: Callable[[jax.Array, dict[str, jax.Array]], jax.Array]) -> Callable[[], jax.Array]:
-        return lambda: in_groups(call, logits, fields) if on_cpu else call(logits, fields)
+        return lambda: in_groups(call, logits, fields, on_cpu=on_cpu)
 
     # Each branch reduces for itself: one that returned the logits as they are would copy them.
     greedy = jax.lax.cond(_changed(rows), of_rows(greedy_of_changed), lambda: argmax(logits))

@@ -19,9 +19,9 @@ _ARENA_MAX = -8
 def keep_freed_memory() -> bool:
     """Makes the allocator of this process reuse freed memory instead of returning it; False where there is no mallopt.
 
-    What is free now, after compiling and loading, is returned first: it lies in pieces that steps hardly use. Threads
-    that start from now on share the arenas that there are. XLA's have theirs by now, which hold no block of 64 MiB or
-    more: the temporaries of a program that needs as much still come from the kernel and go back to it, unless the
+    What is free now, after compiling and loading, is returned first: it lies in pieces that steps hardly use. The
+    limit of arenas comes too late for XLA's threads, which have theirs by now. Such an arena holds no block of 64 MiB
+    or more: the temporaries of a program that needs as much still come from the kernel and go back to it, unless the
     process was started with MALLOC_ARENA_MAX=1. For the whole process, and for good.
     """
     if not sys.platform.startswith("linux"):

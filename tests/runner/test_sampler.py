@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from jaxserve.engine.constraints import pack_mask
-from jaxserve.programs import row_reductions
+from jaxserve.programs import logit_rows
 from jaxserve.programs.compiler import compiler_options
 from jaxserve.programs.filters import filter_logits
+from jaxserve.programs.logit_rows import argmax
 from jaxserve.programs.penalties import Penalties
-from jaxserve.programs.row_reductions import argmax
 from jaxserve.programs.sampler import sample
 from jaxserve.programs.slots import Slots
 from jaxserve.scheduler.plan import NOT_FINITE, NOTHING_ALLOWED
@@ -218,9 +218,9 @@ def test_rows_that_do_not_fit_the_cache_are_drawn_in_groups_of_the_same_ids(seed
     fields = {"position": rng.integers(0, 99, 8), "suppress": rng.integers(0, 2, 8), "masked": rng.integers(0, 2, 8)}
     masks = rng.random((SLOTS, VOCAB)) < 0.5
     whole = call(logits, slots, rows, **fields, masks=masks)
-    monkeypatch.setattr(row_reductions, "CACHED", 2 * VOCAB)
+    monkeypatch.setattr(logit_rows, "CACHED", 2 * VOCAB)
     monkeypatch.setitem(globals(), "sample_jit", jax.jit(lambda *arguments: sample(*arguments)))
-    groups = jax.make_jaxpr(lambda values: row_reductions.in_groups(lambda one, _: one[:, 0], values, ()))(logits)
+    groups = jax.make_jaxpr(lambda values: logit_rows.in_groups(lambda one, _: one[:, 0], values, ()))(logits)
     assert "length=4" in str(groups)
     assert_array_equal(call(logits, slots, rows, **fields, masks=masks), whole)
 

@@ -1,4 +1,4 @@
-"""Reduces the rows of float32 [R, V], in the forms that XLA's CPU backend vectorizes.
+"""Works on rows of logits, float32 [R, V], in the forms that XLA's CPU backend is fast at.
 
 It vectorizes a sum, or a comparison and a selection, over an array that it reads as it is: not `jnp.max`, whose result
 is NaN where any value is, nor pairs of value and index, nor what is computed on the way. With `jnp.max` in its place
@@ -50,16 +50,21 @@ def all_finite(values: jax.Array) -> jax.Array:
     return jax.lax.cond(jnp.all(proven), lambda: proven, lambda: jnp.all(jnp.isfinite(values), axis=-1))
 
 
-def in_groups(call: Callable[[jax.Array, Any], jax.Array], values: jax.Array, more: Any) -> jax.Array:
+def in_groups(
+    call: Callable[[jax.Array, Any], jax.Array], values: jax.Array, more: Any, *, on_cpu: bool = True
+) -> jax.Array:
     """Calls a function of rows, for a few of them at a time where all do not fit a CPU's cache: what it computes on the
-    way has the size of a few rows.
+    way has the size of a few rows, and stays there.
 
     Args:
         call: from (float32 [N, V], more of N rows) to an array of N rows; it does not look at one row for another.
         values: float32 [R, V].
         more: a pytree of arrays of R rows.
+        on_cpu: the device is a CPU; else all rows are computed at once.
     """
     rows, size = values.shape
+    if not on_cpu:
+        return call(values, more)
     fitting = (groups for groups in range(1, rows) if rows % groups == 0 and rows // groups * size <= CACHED)
     groups = next(fitting, rows)
     if groups == 1:
