@@ -6,13 +6,14 @@ import dataclasses
 import gc
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.frontend.frontend import FrontEnd
 from jaxserve.frontend.tokenizer import load_tokenizer
+from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.telemetry.recorder import StepRecorded
 
@@ -64,7 +65,8 @@ class Stepper:
     """Decodes 64 rows at once."""
 
     def __init__(self, config: EngineConfig):
-        self._engine = InlineEngine(config, progress=True)
+        self.runner = ModelRunner(config, progress=True)
+        self._engine = InlineEngine(config, self.runner)
         self._front_end = FrontEnd(self._engine, load_tokenizer(config), seed=0)
         self._steps: list[StepRecorded] = []
         self._engine.core.recorder.subscribe(self._keep)
@@ -73,8 +75,13 @@ class Stepper:
         if type(event) is StepRecorded:
             self._steps.append(event)
 
-    def round(self, rows: Sequence[SamplingParams], steps: int) -> Round:
-        """Runs requests with these parameters to their first tokens, then `steps` steps of all, and aborts them."""
+    def round(
+        self, rows: Sequence[SamplingParams], steps: int, before_step: Callable[[int], None] | None = None
+    ) -> Round:
+        """Runs requests with these parameters to their first tokens, then `steps` steps of all, and aborts them.
+
+        before_step: is called with the number of each step, from 0.
+        """
         names = [self._front_end.submit([3 + number] * 4, params) for number, params in enumerate(rows)]
         while self._engine.core.scheduler.num_running < ROWS or len(self._steps) < 8:
             self._turn()
@@ -85,7 +92,9 @@ class Stepper:
         gc.collect()
         times = []
         with LockWatch() as watch:
-            for _ in range(steps):
+            for number in range(steps):
+                if before_step is not None:
+                    before_step(number)
                 begin = time.perf_counter()
                 self._turn()
                 times.append(time.perf_counter() - begin)

@@ -2,13 +2,10 @@
 
 Each of the last three keeps the tokens with the largest keys (their logits, or how typical they are), down to a
 threshold that is found by bisection instead of sorting: exact, with ties kept together. A pass over the keys tries 15
-thresholds and finds four bits. The measure of what a threshold keeps is a count or a sum of probabilities.
+thresholds and finds four bits. The measure of what a threshold keeps is a count, or a sum of probabilities.
 
-A sum of probabilities depends on the order in which they are added, rounding included. On a GPU it is that of the pass.
-On a CPU it is that of one plain sum over the row, whatever else is computed at once, so that a threshold is the same as
-if each bit was found by itself: such a sum never rises with the threshold, because its terms are always added in the
-same order, so what it keeps at least is well defined. It is slow, so the passes count in integers, which gives the same
-threshold or its neighbor, and plain sums check that. The keys of a few rows at a time stay in the cache.
+Probabilities are counted in units of 2**-30, as integers: a sum of those does not depend on the order in which they are
+added, and never rises with the threshold. Rounding to units costs what rounding a sum of float32 costs.
 """
 
 from __future__ import annotations
@@ -25,13 +22,9 @@ from jaxserve.programs.logit_rows import in_groups, largest
 _TRIED = 15
 """Number of thresholds that one pass tries."""
 _WHOLE = 1 << 30
-"""What the weights of a row add up to as integers."""
-_PASSES = 5
-"""Number of passes over integers, after which hardly more than one key is left between two thresholds."""
-_NEIGHBORS = 8
-"""Number of plain sums after which a search for the right one among neighbors gives way to halving."""
-_LOWEST = -104.0
-"""The exponential function of any float32 below this is 0."""
+"""What the probabilities of a row add up to as integers, but for their rounding."""
+_LOWEST = -22.0
+"""The exponential function of any less is rounded to 0 units."""
 
 
 def filter_logits(
@@ -109,36 +102,40 @@ def _kept(
 
     Kept are the fewest with the largest keys, ties included, whose number reaches `limit`, or whose weights reach that
     share of the row's sum where there are weights. One is always kept. lowest: weights of keys that are further below
-    the row's largest are 0.
+    the row's largest are 0 units.
     """
 
     def group(logits: jax.Array, arguments: tuple[jax.Array, ...]) -> jax.Array:
         keys, limit, use, *more = arguments
-        order = _ordered_bits(keys)
-        top = _ordered_bits(jnp.max(keys, axis=-1))
-        if more:
-            everything = jnp.sum(more[0], axis=-1)
-            wanted = limit * everything
-        else:
-            everything, wanted = jnp.sum(jnp.isfinite(keys), axis=-1), limit
+        units = _units(more[0], on_cpu) if more else None
+        everything = jnp.sum(jnp.isfinite(keys), axis=-1) if units is None else jnp.sum(units, axis=-1)
+        wanted = limit if units is None else jnp.ceil(limit * everything.astype(jnp.float32)).astype(jnp.int32)
+        order, top = _ordered_bits(keys), _ordered_bits(largest(keys))
         if on_cpu:
-            least = jnp.min(jnp.where(jnp.isfinite(keys), keys, jnp.inf), axis=-1)
-            low = _ordered_bits(jnp.maximum(least, _value_of(top) + lowest))
+            low = _ordered_bits(jnp.maximum(_least(keys), _value_of(top) + lowest))
             use = use & (everything >= wanted)  # else all that is finite stays
-            searched = use & (wanted > 0)
-            if more:
-                threshold = _checked(order, more[0], limit, everything, low, top, searched)
-            else:
-                interval = _Interval.of(low, top, everything, searched)
-                threshold = _narrowed(order, None, interval, wanted, top).low
-            threshold = jnp.where(wanted > 0, threshold, top)
+            interval = _Interval.of(low, top, everything, use & (wanted > 0))
+            threshold = jnp.where(wanted > 0, _narrowed(order, units, interval, wanted, top), top)
         else:
-            threshold = _bisected(order, more[0] if more else None, wanted)
+            threshold = _bisected(order, units, wanted)
         threshold = jnp.minimum(threshold, top)  # the best stays where the limit rounds to 0
         return jnp.where(use[:, None] & (order < threshold[:, None]), -jnp.inf, logits)
 
     arguments = (keys, limit, use, *(() if weights is None else (weights,)))
     return in_groups(group, logits, arguments, on_cpu=on_cpu)
+
+
+def _units(weights: jax.Array, on_cpu: bool) -> jax.Array:
+    """Returns int32 [R, V]: the probabilities that are proportional to the weights."""
+    stored = jax.lax.optimization_barrier if on_cpu else lambda array: array  # a sum of what is stored is vectorized
+    weights = stored(weights)
+    scale = _WHOLE / jnp.sum(weights, axis=-1, keepdims=True)
+    return stored(jnp.round(weights * scale).astype(jnp.int32))
+
+
+def _least(keys: jax.Array) -> jax.Array:
+    """Returns the least finite key of each row, float32 [R]."""
+    return -largest(jax.lax.optimization_barrier(jnp.where(jnp.isfinite(keys), -keys, -jnp.inf)))
 
 
 def _ordered_bits(values: jax.Array) -> jax.Array:
@@ -153,35 +150,34 @@ def _value_of(order: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _bisected(order: jax.Array, weights: jax.Array | None, wanted: jax.Array) -> jax.Array:
+def _bisected(order: jax.Array, units: jax.Array | None, wanted: jax.Array) -> jax.Array:
     """Returns the largest threshold, uint32 [R], that keeps as much as is wanted; 0 where none does."""
 
     def narrow(step: jax.Array, threshold: jax.Array) -> jax.Array:
         unit = jnp.uint32(1 << 28) >> (4 * step).astype(jnp.uint32)
         tried = [threshold | unit * jnp.uint32(digit) for digit in range(1, _TRIED + 1)]
-        digit = sum((measure >= wanted).astype(jnp.uint32) for measure in _measures(order, weights, tried))
+        digit = sum((measure >= wanted).astype(jnp.uint32) for measure in _measures(order, units, tried))
         return threshold | unit * digit
 
     return jax.lax.fori_loop(0, 8, narrow, jnp.zeros(order.shape[:1], jnp.uint32))
 
 
-def _measures(order: jax.Array, weights: jax.Array | None, tried: Sequence[jax.Array]) -> Sequence[jax.Array]:
-    """Returns what each of the thresholds keeps, [R] each, in one pass: the sum of the weights, or a count."""
+def _measures(order: jax.Array, units: jax.Array | None, tried: Sequence[jax.Array]) -> Sequence[jax.Array]:
+    """Returns what each of the thresholds keeps, int32 [R] each, in one pass: a sum of units, or a count."""
     kept = [order >= one[:, None] for one in tried]
-    terms = [one.astype(jnp.int32) if weights is None else jnp.where(one, weights, 0) for one in kept]
-    zero = jnp.zeros((), terms[0].dtype)
+    terms = [one.astype(jnp.int32) if units is None else jnp.where(one, units, 0) for one in kept]
 
     def add(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> list[jax.Array]:
         return [one + other for one, other in zip(left, right, strict=True)]
 
-    return jax.lax.reduce(terms, [zero] * len(terms), add, (1,))
+    return jax.lax.reduce(terms, [jnp.int32(0)] * len(terms), add, (1,))
 
 
 class _Interval(NamedTuple):
     """Holds the state of searches, uint32 [R] each: `low` keeps as much as is wanted, `high` (above it) does not.
 
-    step: number of passes so far. bounds: uint32 [4, R], low, high, and what each of them keeps as an integer; the
-    second and third are inverted, so that a pass only raises them. done: bool [R], nothing is left to search.
+    step: number of passes so far. bounds: uint32 [4, R], low, high, and what each of them keeps; the second and third
+    are inverted, so that a pass only raises them. done: bool [R], nothing is left to search.
     """
 
     step: jax.Array
@@ -223,25 +219,21 @@ class _Interval(NamedTuple):
 
 
 def _narrowed(
-    order: jax.Array, weights: jax.Array | None, interval: _Interval, wanted: jax.Array, top: jax.Array
-) -> _Interval:
-    """Narrows intervals of counts until one key, or ties of it, is left in each; those of integer weights, int32
-    [R, V], for a fixed number of passes."""
-
-    def go_on(state: _Interval) -> jax.Array:
-        some = ~jnp.all(state.done)
-        return some if weights is None else some & (state.step < _PASSES)
+    order: jax.Array, units: jax.Array | None, interval: _Interval, wanted: jax.Array, top: jax.Array
+) -> jax.Array:
+    """Returns the thresholds, uint32 [R], to which intervals are narrowed: they keep as much as is wanted, and the next
+    key does not."""
 
     def narrow(state: _Interval) -> _Interval:
         tried = _spread(state, top)
-        kept = jnp.stack(_measures(order, weights, list(tried)))
+        kept = jnp.stack(_measures(order, units, list(tried)))
         after = state.after(tried, kept.astype(jnp.uint32), kept >= wanted)
         done = after.high - after.low <= 1
-        if weights is None:
-            done |= after.num_between <= 1
+        if units is None:
+            done |= after.num_between <= 1  # one key is left, or equal ones
         return state.moved(after, done)
 
-    return jax.lax.while_loop(go_on, narrow, interval)
+    return jax.lax.while_loop(lambda state: ~jnp.all(state.done), narrow, interval).low
 
 
 def _spread(state: _Interval, top: jax.Array) -> jax.Array:
@@ -255,47 +247,3 @@ def _spread(state: _Interval, top: jax.Array) -> jax.Array:
     bits = state.low + (span >> 4) * part + ((span & 15) * part >> 4)
     values = _ordered_bits(best + (low + (high - low) * (part.astype(jnp.float32) / 16)))
     return jnp.where(by_bits, bits, jnp.clip(values, state.low, state.high - 1))
-
-
-def _checked(
-    order: jax.Array,
-    weights: jax.Array,
-    limit: jax.Array,
-    everything: jax.Array,
-    low: jax.Array,
-    top: jax.Array,
-    use: jax.Array,
-) -> jax.Array:
-    """Returns a threshold, uint32 [R], that keeps the fewest keys whose plain sum of weights is as much as is wanted.
-
-    Args:
-        order: uint32 [R, V], of the keys.
-        weights: float32 [R, V].
-        limit: float32 [R], the share of all weights that is wanted.
-        everything: float32 [R], the plain sum of all weights.
-        low: uint32 [R], a threshold that keeps all that weighs anything.
-        top: uint32 [R], of the row's largest key.
-        use: bool [R], rows whose result matters.
-    """
-    shares = jnp.round(weights * (_WHOLE / everything)[:, None]).astype(jnp.int32)
-    whole, wanted = jnp.sum(shares, axis=-1), limit * everything
-    interval = _Interval.of(low, top, whole, use)
-    goal = jnp.ceil(limit * whole.astype(jnp.float32)).astype(jnp.int32)
-    guess = _narrowed(order, shares, interval, goal, top).low
-
-    def narrow(state: _Interval) -> _Interval:
-        # First the guess, then the next key up or down, until one is passed that makes the difference. Where that
-        # takes long, halves.
-        up = state.low > low
-        places, bound = jnp.where(up[:, None], ~order, order), jnp.where(up, ~state.low, state.high - 1)
-        nearest = jnp.max(jnp.where(places <= bound[:, None], places, 0), axis=-1)
-        tried = jnp.where(up, ~nearest + 1, nearest)
-        halves = state.low + (state.high - state.low) // 2
-        tried = jnp.where(state.step == 0, guess, jnp.where(state.step < _NEIGHBORS, tried, halves))
-        tried = jnp.clip(tried, state.low + 1, jnp.maximum(state.high - 1, state.low + 1))
-        enough = jnp.sum(jnp.where(order >= tried[:, None], weights, 0.0), axis=-1) >= wanted
-        passed = (state.step > 0) & (state.step < _NEIGHBORS) & (up != enough)
-        after = state.after(tried[None], jnp.zeros_like(tried[None]), enough[None])
-        return state.moved(after, passed | (after.high - after.low <= 1))
-
-    return jax.lax.while_loop(lambda state: ~jnp.all(state.done), narrow, interval).low

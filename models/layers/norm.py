@@ -11,6 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxserve.models.layers.parameter import Initial, Parameter, Source
 
+_FEW = 8
+"""So many numbers, one vector register of float32, are added one by one."""
+
 
 class RMSNorm(nnx.Module):
     """Normalizes the last axes by their root mean square, computed in float32.
@@ -52,7 +55,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=self.axes, keepdims=True) + self.eps)
+        normed = wide * jax.lax.rsqrt(_mean(wide * wide, self.axes) + self.eps)
         scale = self.scale[...].astype(jnp.float32)
         return (normed * (scale + self.offset if self.offset else scale)).astype(x.dtype)
 
@@ -71,8 +74,8 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
-        centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        normed = centered * jax.lax.rsqrt(jnp.mean(centered * centered, axis=-1, keepdims=True) + self.eps)
+        centered = wide - _mean(wide, (-1,))
+        normed = centered * jax.lax.rsqrt(_mean(centered * centered, (-1,)) + self.eps)
         scale, bias = self.scale[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
         return (normed * scale + bias).astype(x.dtype)
 
@@ -82,3 +85,20 @@ def make_norm(kind: str, name: str, size: int, eps: float, dtype: jnp.dtype, rng
     if kind == "layer":
         return LayerNorm(name, size, eps, dtype, rngs)
     return RMSNorm(name, size, eps, dtype, rngs, offset=1.0 if kind == "rms_offset" else 0.0)
+
+
+def _mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Returns the mean over the last axes, which are kept with size 1.
+
+    XLA's CPU backend computes a reduction in a loop of scalars, and stores what it reads first. There, the halves of
+    the last axis are added until few numbers are left, which becomes one loop of vectors that reads `x` as it is
+    computed. The order of the additions depends on the size of the axes alone.
+    """
+
+    def by_halves(x: jax.Array) -> jax.Array:
+        count = math.prod(x.shape[axis] for axis in axes)
+        while (size := x.shape[-1]) > _FEW and size % 2 == 0:
+            x = x[..., : size // 2] + x[..., size // 2 :]
+        return jnp.sum(x, axis=axes, keepdims=True) / count
+
+    return jax.lax.platform_dependent(x, cpu=by_halves, default=lambda x: jnp.mean(x, axis=axes, keepdims=True))
