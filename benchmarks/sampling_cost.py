@@ -45,10 +45,10 @@ from jaxserve.programs.step_programs import (
 )
 from jaxserve.scheduler.plan import NOT_FINITE
 
-_TURN = 6
+_TURN = 4
 """Steps with one sample program before the other takes its turn."""
 
-_BLOCKS = 82
+_BLOCKS = 122
 """Of so many steps, in one round of requests."""
 
 _OPTIONS: dict[str, dict[str, Any]] = {
