@@ -10,21 +10,18 @@ added, and never rises with the threshold. Rounding to units costs what rounding
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxserve.programs.logit_rows import in_groups, largest
+from jaxserve.programs.logit_rows import largest
 
 _TRIED = 15
 """Number of thresholds that one pass tries."""
 _WHOLE = 1 << 30
 """What the probabilities of a row add up to as integers, but for their rounding."""
-_LOWEST = -22.0
-"""The exponential function of any less is rounded to 0 units."""
 
 
 def filter_logits(
@@ -50,33 +47,33 @@ def filter_logits(
         on_cpu: chooses how thresholds are searched for, not which are found.
     """
     size = logits.shape[-1]
-    use_top_k = active & (top_k > 0) & (top_k < size)
-    use_top_p = active & (top_p < 1.0)
     best = largest(logits)[:, None]
     floor = best + jnp.log(jnp.maximum(min_p, jnp.finfo(jnp.float32).tiny))[:, None]
     logits = jnp.where((min_p > 0)[:, None] & (logits < floor), -jnp.inf, logits)
+    used = [(top_k > 0) & (top_k < size), top_p < 1.0]
+    searches: list[Callable[[jax.Array], _Search]] = [
+        lambda logits: _Search.of_number(logits, top_k),
+        lambda logits: _Search.of_share(logits, logits - best, top_p, on_cpu),
+    ]
+    if typical_p is not None:
+        used.append(typical_p < 1.0)
+        searches.append(lambda logits: _Search.of_share(*_typicality(logits, best), typical_p, on_cpu))
+    uses = jnp.stack(used) & active
 
-    def keep_top_k(logits: jax.Array) -> jax.Array:
-        return _kept(logits, logits, None, top_k, use_top_k, on_cpu)
+    def one_filter(number: jax.Array, logits: jax.Array) -> jax.Array:
+        def keep(logits: jax.Array) -> jax.Array:
+            return _kept(logits, jax.lax.switch(number, searches, logits), uses[number], on_cpu)
 
-    def keep_top_p(logits: jax.Array) -> jax.Array:
-        return _kept(logits, logits, jnp.exp(logits - best), top_p, use_top_p, on_cpu, lowest=_LOWEST)
+        return jax.lax.cond(jnp.any(uses[number]), keep, lambda logits: logits, logits)
 
-    logits = jax.lax.cond(jnp.any(use_top_k), keep_top_k, lambda logits: logits, logits)
-    logits = jax.lax.cond(jnp.any(use_top_p), keep_top_p, lambda logits: logits, logits)
-    if typical_p is None:
-        return logits
-    use_typical_p = active & (typical_p < 1.0)
-
-    def keep_typical(logits: jax.Array) -> jax.Array:
-        keys, weights = _typicality(logits, best)
-        return _kept(logits, keys, weights, typical_p, use_typical_p, on_cpu)
-
-    return jax.lax.cond(jnp.any(use_typical_p), keep_typical, lambda logits: logits, logits)
+    # A loop, so that the search is compiled once.
+    all_filters = lambda logits: jax.lax.fori_loop(0, len(searches), one_filter, logits)  # noqa: E731
+    return jax.lax.cond(jnp.any(uses), all_filters, lambda logits: logits, logits)
 
 
 def _typicality(logits: jax.Array, best: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns float32 [R, V] each: minus the distance of a token's information from the entropy, and its weight.
+    """Returns float32 [R, V] each: minus the distance of a token's information from the entropy, and the logarithm of
+    its weight.
 
     Source: Meister et al., "Locally typical sampling" (TACL 2023), as transformers' TypicalLogitsWarper computes it.
     """
@@ -86,56 +83,60 @@ def _typicality(logits: jax.Array, best: jax.Array) -> tuple[jax.Array, jax.Arra
     log_probability = relative - jnp.log(total)
     terms = jnp.where(weights > 0, weights / total * log_probability, 0.0)
     entropy = -jnp.sum(terms, axis=-1, keepdims=True)
-    return -jnp.abs(log_probability + entropy), weights
+    return -jnp.abs(log_probability + entropy), relative
 
 
-def _kept(
-    logits: jax.Array,
-    keys: jax.Array,
-    weights: jax.Array | None,
-    limit: jax.Array,
-    use: jax.Array,
-    on_cpu: bool,
-    lowest: float = -math.inf,
-) -> jax.Array:
-    """Masks to -inf the tokens with the smallest keys, in the rows that `use` this filter.
+class _Search(NamedTuple):
+    """Holds what a filter searches for: the fewest tokens with the largest keys, ties included, that measure as much as
+    is wanted.
 
-    Kept are the fewest with the largest keys, ties included, whose number reaches `limit`, or whose weights reach that
-    share of the row's sum where there are weights. One is always kept. lowest: weights of keys that are further below
-    the row's largest are 0 units.
+    keys: float32 [R, V]. units: int32 [R, V], the measure of each token. wanted: int32 [R]. counts: bool [], each token
+    measures 1.
     """
 
-    def group(logits: jax.Array, arguments: tuple[jax.Array, ...]) -> jax.Array:
-        keys, limit, use, *more = arguments
-        units = _units(more[0], on_cpu) if more else None
-        everything = jnp.sum(jnp.isfinite(keys), axis=-1) if units is None else jnp.sum(units, axis=-1)
-        wanted = limit if units is None else jnp.ceil(limit * everything.astype(jnp.float32)).astype(jnp.int32)
-        order, top = _ordered_bits(keys), _ordered_bits(largest(keys))
-        if on_cpu:
-            low = _ordered_bits(jnp.maximum(_least(keys), _value_of(top) + lowest))
-            use = use & (everything >= wanted)  # else all that is finite stays
-            interval = _Interval.of(low, top, everything, use & (wanted > 0))
-            threshold = jnp.where(wanted > 0, _narrowed(order, units, interval, wanted, top), top)
-        else:
-            threshold = _bisected(order, units, wanted)
-        threshold = jnp.minimum(threshold, top)  # the best stays where the limit rounds to 0
-        return jnp.where(use[:, None] & (order < threshold[:, None]), -jnp.inf, logits)
+    keys: jax.Array
+    units: jax.Array
+    wanted: jax.Array
+    counts: jax.Array
 
-    arguments = (keys, limit, use, *(() if weights is None else (weights,)))
-    return in_groups(group, logits, arguments, on_cpu=on_cpu)
+    @classmethod
+    def of_number(cls, keys: jax.Array, number: jax.Array) -> _Search:
+        """Searches for so many tokens, int32 [R]."""
+        return cls(keys, jnp.isfinite(keys).astype(jnp.int32), number, jnp.array(True))
 
-
-def _units(weights: jax.Array, on_cpu: bool) -> jax.Array:
-    """Returns int32 [R, V]: the probabilities that are proportional to the weights."""
-    stored = jax.lax.optimization_barrier if on_cpu else lambda array: array  # a sum of what is stored is vectorized
-    weights = stored(weights)
-    scale = _WHOLE / jnp.sum(weights, axis=-1, keepdims=True)
-    return stored(jnp.round(weights * scale).astype(jnp.int32))
+    @classmethod
+    def of_share(cls, keys: jax.Array, log_weights: jax.Array, share: jax.Array, on_cpu: bool) -> _Search:
+        """Searches for tokens whose probabilities, proportional to the weights, add up to a share, float32 [R]."""
+        stored = (
+            jax.lax.optimization_barrier if on_cpu else lambda array: array
+        )  # a sum of what is stored is vectorized
+        weights = stored(jnp.exp(log_weights))
+        total = jnp.sum(weights, axis=-1)
+        units = stored(jnp.round(weights * (_WHOLE / total)[:, None]).astype(jnp.int32))
+        wanted = jnp.ceil(share * jnp.sum(units, axis=-1).astype(jnp.float32)).astype(jnp.int32)
+        wanted = jnp.where(jnp.isfinite(total), wanted, jnp.iinfo(jnp.int32).max)  # more than there is
+        return cls(keys, units, wanted, jnp.array(False))
 
 
-def _least(keys: jax.Array) -> jax.Array:
-    """Returns the least finite key of each row, float32 [R]."""
-    return -largest(jax.lax.optimization_barrier(jnp.where(jnp.isfinite(keys), -keys, -jnp.inf)))
+def _kept(logits: jax.Array, search: _Search, use: jax.Array, on_cpu: bool) -> jax.Array:
+    """Masks to -inf the tokens that the search leaves out, in the rows that `use` this filter. One is always kept."""
+    keys, units, wanted, _ = search
+    order, top = _ordered_bits(keys), _ordered_bits(largest(keys))
+    if on_cpu:
+        everything = jnp.sum(units, axis=-1)
+        use = use & (everything >= wanted)  # else all that is finite stays
+        low = _ordered_bits(_least(jnp.where(units > 0, keys, jnp.inf)))
+        interval = _Interval.of(low, top, everything, use & (wanted > 0))
+        threshold = jnp.where(wanted > 0, _narrowed(order, search, interval, top), top)
+    else:
+        threshold = _bisected(order, units, wanted)
+    threshold = jnp.minimum(threshold, top)  # the best stays where the limit rounds to 0
+    return jnp.where(use[:, None] & (order < threshold[:, None]), -jnp.inf, logits)
+
+
+def _least(values: jax.Array) -> jax.Array:
+    """Returns the least of each row, float32 [R]."""
+    return -largest(jax.lax.optimization_barrier(-values))
 
 
 def _ordered_bits(values: jax.Array) -> jax.Array:
@@ -150,7 +151,7 @@ def _value_of(order: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _bisected(order: jax.Array, units: jax.Array | None, wanted: jax.Array) -> jax.Array:
+def _bisected(order: jax.Array, units: jax.Array, wanted: jax.Array) -> jax.Array:
     """Returns the largest threshold, uint32 [R], that keeps as much as is wanted; 0 where none does."""
 
     def narrow(step: jax.Array, threshold: jax.Array) -> jax.Array:
@@ -162,10 +163,9 @@ def _bisected(order: jax.Array, units: jax.Array | None, wanted: jax.Array) -> j
     return jax.lax.fori_loop(0, 8, narrow, jnp.zeros(order.shape[:1], jnp.uint32))
 
 
-def _measures(order: jax.Array, units: jax.Array | None, tried: Sequence[jax.Array]) -> Sequence[jax.Array]:
-    """Returns what each of the thresholds keeps, int32 [R] each, in one pass: a sum of units, or a count."""
-    kept = [order >= one[:, None] for one in tried]
-    terms = [one.astype(jnp.int32) if units is None else jnp.where(one, units, 0) for one in kept]
+def _measures(order: jax.Array, units: jax.Array, tried: Sequence[jax.Array]) -> Sequence[jax.Array]:
+    """Returns the units that each of the thresholds keeps, int32 [R] each, in one pass."""
+    terms = [jnp.where(order >= one[:, None], units, 0) for one in tried]
 
     def add(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> list[jax.Array]:
         return [one + other for one, other in zip(left, right, strict=True)]
@@ -200,8 +200,8 @@ class _Interval(NamedTuple):
         return ~self.bounds[1]
 
     @property
-    def num_between(self) -> jax.Array:
-        """Returns the number of keys that `low` keeps and `high` does not, where the measure is a count."""
+    def between(self) -> jax.Array:
+        """Returns the units that `low` keeps and `high` does not."""
         return ~self.bounds[2] - self.bounds[3]
 
     def after(self, tried: jax.Array, kept: jax.Array, enough: jax.Array) -> _Interval:
@@ -218,20 +218,16 @@ class _Interval(NamedTuple):
         return _Interval(self.step + 1, jnp.where(self.done, self.bounds, after.bounds), self.done | done)
 
 
-def _narrowed(
-    order: jax.Array, units: jax.Array | None, interval: _Interval, wanted: jax.Array, top: jax.Array
-) -> jax.Array:
+def _narrowed(order: jax.Array, search: _Search, interval: _Interval, top: jax.Array) -> jax.Array:
     """Returns the thresholds, uint32 [R], to which intervals are narrowed: they keep as much as is wanted, and the next
     key does not."""
 
     def narrow(state: _Interval) -> _Interval:
         tried = _spread(state, top)
-        kept = jnp.stack(_measures(order, units, list(tried)))
-        after = state.after(tried, kept.astype(jnp.uint32), kept >= wanted)
-        done = after.high - after.low <= 1
-        if units is None:
-            done |= after.num_between <= 1  # one key is left, or equal ones
-        return state.moved(after, done)
+        kept = jnp.stack(_measures(order, search.units, list(tried)))
+        after = state.after(tried, kept.astype(jnp.uint32), kept >= search.wanted)
+        one_left = search.counts & (after.between <= 1)
+        return state.moved(after, one_left | (after.high - after.low <= 1))
 
     return jax.lax.while_loop(lambda state: ~jnp.all(state.done), narrow, interval).low
 

@@ -93,28 +93,21 @@ def sample(
     are forbidden.
     """
     rows = _Rows(slots, masks, fields)
-    temperature, finite = rows.temperature, all_finite(logits)
 
-    def greedy_of_changed(logits: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+    def processed(logits: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
         rows = _Rows(slots, masks, fields)
-        found = _changed_logits(logits, rows, penalties)
-        some = ~rows.restricted | (largest(found) > -jnp.inf)
-        return jnp.where(some, argmax(found), NOTHING_ALLOWED)
-
-    def draw(logits: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
-        rows = _Rows(slots, masks, fields)
-        changed = _changed(rows)
+        changed, random = _changed(rows), rows.temperature > 0
         found = jax.lax.cond(changed, lambda: _changed_logits(logits, rows, penalties), lambda: logits)
-        return _drawn(_filtered(found, rows, on_cpu), rows, changed, on_cpu)
-
-    def of_rows(call: Callable[[jax.Array, dict[str, jax.Array]], jax.Array]) -> Callable[[], jax.Array]:
-        return lambda: in_groups(call, logits, fields, on_cpu=on_cpu)
+        draw = lambda: _drawn(_filtered(found, rows, on_cpu), rows, changed, on_cpu)  # noqa: E731
+        greedy = argmax(found)
+        ids = jnp.where(random, jax.lax.cond(jnp.any(random), draw, lambda: greedy), greedy)
+        return jnp.where(~rows.restricted | (largest(found) > -jnp.inf), ids, NOTHING_ALLOWED)
 
     # Each branch reduces for itself: one that returned the logits as they are would copy them.
-    greedy = jax.lax.cond(_changed(rows), of_rows(greedy_of_changed), lambda: argmax(logits))
-    drawn = jax.lax.cond(jnp.any(temperature > 0), of_rows(draw), lambda: greedy)
-    drawn = jnp.where((temperature > 0) & (greedy != NOTHING_ALLOWED), drawn, greedy)
-    return jnp.where(finite, drawn, NOT_FINITE)
+    some = _changed(rows) | jnp.any(rows.temperature > 0)
+    of_processed = lambda: in_groups(processed, logits, fields, on_cpu=on_cpu)  # noqa: E731
+    ids = jax.lax.cond(some, of_processed, lambda: argmax(logits))
+    return jnp.where(all_finite(logits), ids, NOT_FINITE)
 
 
 def processed_logits(
@@ -131,9 +124,13 @@ def processed_logits(
     They are relative to the row's largest before temperature, a constant that changes no probability; -inf where a
     token cannot be drawn. A greedy row's are not divided, nor filtered.
     """
-    rows = _Rows(slots, masks, fields)
-    found = jax.lax.cond(_changed(rows), lambda: _changed_logits(logits, rows, penalties), lambda: logits)
-    return _filtered(found, rows, on_cpu)
+
+    def processed(logits: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+        rows = _Rows(slots, masks, fields)
+        found = jax.lax.cond(_changed(rows), lambda: _changed_logits(logits, rows, penalties), lambda: logits)
+        return _filtered(found, rows, on_cpu)
+
+    return in_groups(processed, logits, fields, on_cpu=on_cpu)
 
 
 def _changed(rows: _Rows) -> jax.Array:
