@@ -16,7 +16,7 @@ from numpy.testing import assert_array_equal
 from jaxserve.engine.constraints import pack_mask
 from jaxserve.programs import logit_rows
 from jaxserve.programs.compiler import compiler_options
-from jaxserve.programs.filters import filter_logits
+from jaxserve.programs.filters import _kept, _Search, filter_logits
 from jaxserve.programs.logit_rows import argmax
 from jaxserve.programs.penalties import Penalties
 from jaxserve.programs.sampler import sample
@@ -28,6 +28,7 @@ VOCAB = 50
 SLOTS = 16
 sample_jit = jax.jit(sample)
 filter_jit = jax.jit(filter_logits)
+kept_jit = {on_cpu: jax.jit(lambda *a, c=on_cpu: _kept(*a, c)) for on_cpu in (True, False)}
 
 
 def kept_by_sorting(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -> set[int]:
@@ -66,6 +67,31 @@ def test_filters_keep_what_sorting_keeps(seed, top_k, top_p, min_p, spread):
     assert set(np.flatnonzero(np.isfinite(found[0]))) == wanted[0]
     assert_array_equal(found[1], logits[1])  # a row without options is left alone
     assert_array_equal(found[0][sorted(wanted[0])], logits[0][sorted(wanted[0])])
+
+
+@budget(100)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    spread=st.sampled_from([1e-38, 1e-3, 1.0, 1e30]),
+    share=st.floats(-0.1, 1.1),
+    most_units=st.sampled_from([1, 3, 2**20]),
+    counts=st.booleans(),
+)
+def test_a_search_leaves_the_fewest_that_measure_enough(seed, spread, share, most_units, counts):
+    random = np.random.default_rng(seed)
+    keys = (random.integers(-20, 20, VOCAB) * spread + random.integers(0, 2, VOCAB) * spread / 7).astype(np.float32)
+    keys[random.random(VOCAB) < 0.2] = -np.inf
+    keys[random.integers(VOCAB)] = 0.0
+    units = np.isfinite(keys).astype(np.int32)
+    if not counts:
+        units *= random.integers(0, most_units, VOCAB, endpoint=True, dtype=np.int32)
+    wanted = int(np.ceil(share * units.sum()))
+    enough = [key for key in keys[np.isfinite(keys)] if units[keys >= key].sum() >= wanted]
+    kept = keys >= (keys.max() if wanted <= 0 else max(enough, default=-np.inf))
+    search = _Search(keys[None], units[None], np.array([wanted], np.int32), np.array(counts))
+    for on_cpu in (True, False):
+        found = np.asarray(kept_jit[on_cpu](keys[None], search, np.array([True])))[0]
+        assert_array_equal(found, np.where(kept, keys, -np.inf), err_msg=f"on_cpu {on_cpu}")
 
 
 def make_slots(**fields) -> Slots:
